@@ -51,7 +51,7 @@ def shown(text: str, longest: int = 1000) -> str:
 
 
 def logger_of(room: str) -> logging.Logger:
-    """Return a logger of the library, of which every line and traceback is printable."""
+    """Return a logger of the library; its lines and tracebacks are printable."""
     logger = logging.getLogger(f"openclaw_store.{room}")
     logger.addFilter(_make_printable)
     return logger

@@ -155,7 +155,7 @@ async def _all_rows(session: AsyncSession, query: Any) -> list[Raw]:
 
 
 async def sample(database: Database, policy: Policy, size: int) -> tuple[int, int, int]:
-    """Return the number of some tasks, that of their changes, and the bytes of their files."""
+    """Return the numbers of some tasks and of their changes, and the bytes of their files."""
     pages: list[Page] = []
     async for page in old_tasks(database, policy, set(), PAGE_ROWS):
         pages.append(page)

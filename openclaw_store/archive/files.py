@@ -20,7 +20,7 @@ from openclaw_store.archive.layout import CLUSTER_ID, DEFAULTS, LAYOUTS, REPLACE
 PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
 )
-"""The format, of which a damaged page is an error."""
+"""The format; a damaged page is an error."""
 
 _DAMAGED = "if `openclaw-store archive verify` finds it damaged, restore it from a backup"
 

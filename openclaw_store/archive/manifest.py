@@ -1,4 +1,4 @@
-"""Manifests: the files of each run with their SHA-256, written when all else is done."""
+"""Manifests: the files of each run with their SHA-256, written as the last step of a run."""
 
 from __future__ import annotations
 

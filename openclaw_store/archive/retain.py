@@ -1,4 +1,4 @@
-"""Apply a policy once, or tell what it would do: one predicate selects the rows for both."""
+"""Apply a policy once, or count its rows: one predicate selects the rows for both."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Selection:
         return Selection(self._filter, *others, protection=self._protection)
 
     def exactly(self, table: Any) -> Any:
-        """Return the rows that match, out of the ones that meet the expression."""
+        """Return the rows that match, from rows that meet the expression."""
         for column in self.columns:
             matches = self._test_of(column)
             table = table.filter(pa.array(map(matches, table[column].to_pylist()), pa.bool_()))

@@ -249,7 +249,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
 
     @staticmethod
     def code(error: BaseException) -> str | None:
-        """Return the SQLSTATE: five characters, of which two are the class."""
+        """Return the SQLSTATE: five characters; the first two are the class."""
         code: str | None = getattr(_cause(error), "sqlstate", None)
         return code
 

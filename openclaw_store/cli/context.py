@@ -63,7 +63,7 @@ class Call:
         return migrations.named_by(self.location, self.cluster)
 
     def existing(self) -> Backend:
-        """Return the backend of a database, of which the file must exist."""
+        """Return the backend of a database; its file must exist."""
         backend = self.backend
         if not backend.exists():
             raise UnavailableError(

@@ -106,7 +106,7 @@ def _fields(text: str) -> list[str]:
 
 
 def _sorted(found: list[Task], sort: str | None) -> list[Task]:
-    """Return tasks in the order of a field; those without it come last."""
+    """Return tasks in the order of a field; tasks without it come last."""
     if sort is None:
         return found
     [name] = _fields(sort.removeprefix("-")) or ["task_id"]

@@ -31,7 +31,7 @@ from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import TaskRepository, remove_tasks
 
 BATCH_TASKS = 1000
-"""Tasks that move together. A transaction of so many takes some hundredths of a second."""
+"""Tasks that move together. Their transaction takes some hundredths of a second."""
 
 BATCH_BYTES = 8 << 20
 """Bytes of JSON after which a batch is not extended."""
@@ -51,7 +51,7 @@ class Transferred:
     selected: int = 0
     """Number of pending and finished tasks that matched the filter."""
     moved: int = 0
-    """Number of tasks that have arrived, with those that an earlier call had left in transit."""
+    """Number of tasks that have arrived, also from an earlier call that left them in transit."""
     stayed: int = 0
     """Number of tasks that matched, but are claimed or running: they stay in the source."""
     returned: dict[str, str] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class _Passage:
             await self._delivery
 
     async def resume(self) -> None:
-        """Complete what an earlier call has left in transit."""
+        """Complete the batches that an earlier call has left in transit."""
         # The notes first: a batch that is not on its way afterwards was settled before.
         notes = select(IncomingRow.batch).where(IncomingRow.source == self._source_id)
         arrived = await self._target.read(partial(_scalars, query=notes))
@@ -183,7 +183,7 @@ class _Passage:
             await self._target.write(forget, self._settled)
 
     async def aclose(self) -> None:
-        """Stop a delivery after an error, or a cancellation; what it leaves is resumed."""
+        """Stop a delivery after an error, or a cancellation; the next call resumes it."""
         if self._delivery is not None:
             self._delivery.cancel()
             await asyncio.wait([self._delivery])

@@ -94,7 +94,7 @@ def departure(
 def _histories(
     session: Session, tasks: Sequence[Record[Task]]
 ) -> tuple[Mapping[str, list[list[Any]]], Mapping[str, list[int]]]:
-    """Return the changes of each task, oldest first, and the revisions of those in the feed."""
+    """Return the changes of each task, oldest first, and their revisions in the feed."""
     sql = statements_in(session)
     changes: dict[str, list[list[Any]]] = {task.task_id: [] for task in tasks}
     logged: dict[str, list[int]] = {task.task_id: [] for task in tasks}
@@ -210,7 +210,7 @@ def forget(transaction: WriteTransaction, notes: Sequence[Sequence[str]]) -> Seq
 def _add(
     transaction: WriteTransaction, travellers: Sequence[Traveller], *, is_home: bool
 ) -> dict[str, str]:
-    """Add tasks with their past changes; return the reasons of the ones that are refused."""
+    """Add tasks with their past changes; return the reason of each refused task."""
     if not travellers:
         return {}
     rows = [row_of(transaction.sql, one.record()) for one in travellers]
@@ -230,7 +230,7 @@ def _add(
 
 
 def _foreign(traveller: Traveller) -> list[list[Any]]:
-    """Return changes with negative revisions: the positive ones are those of this cluster."""
+    """Return changes with negative revisions: this cluster assigns the positive ones."""
     first = -len(traveller.changes)
     changes = []
     for revision, one in enumerate(traveller.changes, first):

@@ -66,7 +66,7 @@ class TwoPhaseCommit:
 
     @classmethod
     async def of(cls, databases: Sequence[Database]) -> Self:
-        """Return the commit of a new transaction; first end those of dead processes.
+        """Return the commit of a new transaction; first end transactions of dead processes.
 
         Raises:
             InvalidDataError: If the databases cannot take part together.

@@ -39,7 +39,7 @@ def run(context: EnvironmentContext, connection: Connection) -> None:
 
 
 def _options(schema: str | None) -> dict[str, Any]:
-    """Return the options of Alembic: the migrations take their schema from that of the version."""
+    """Return the options of Alembic; the migrations use the schema of its version table."""
     tables = Base.metadata
     if schema is not None:
         tables = MetaData(naming_convention=Base.metadata.naming_convention)

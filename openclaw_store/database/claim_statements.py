@@ -50,8 +50,7 @@ class ClaimStatements(NamedTuple):
     prefers: str
     """A row if any pending task has preferences."""
     passed_over: str
-    """Identifier and time of those of the given tasks that were passed over since their last
-    change."""
+    """Identifier and time of each given task that was passed over since its last change."""
     pass_over: str
     """Write the time at which tasks were passed over; takes it, and their identifiers."""
 
@@ -164,7 +163,7 @@ def _sqlite_ranges(skills: frozenset[str] | None) -> Sequence[Any]:
 
 
 def _bucket_of(skills: str) -> str:
-    """Return the hash of the first skill of a list in JSON; that of no text for any odd list."""
+    """Return the hash of the first skill of a JSON list; of an empty text for any odd list."""
     return f"""hashtextextended(CASE WHEN strpos({skills}, chr(92)) > 0 THEN ''
         ELSE coalesce(split_part({skills}, '"', 2), '') END, 0)"""
 

@@ -344,7 +344,7 @@ def downgrade(backend: Backend, revision: str) -> None:
 
 
 def check(backend: Backend) -> None:
-    """Refuse a database of which the tables differ from the declarative models."""
+    """Refuse a database if its tables differ from the declarative models."""
     require(backend)
     if others := backend.inspect(overloads):
         raise SchemaMismatchError(

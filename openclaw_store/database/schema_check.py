@@ -40,7 +40,7 @@ _LITERALS = re.compile(r"( IN)\(('\w+'(?:,'\w+')*)\)", re.ASCII)
 _SPACE = re.compile(r"[ \t\n\f\r]+")
 
 _LONGEST = 20_000
-"""Characters of a definition that is compared; those of the store have a tenth of them."""
+"""Longest definition that is compared, in characters; the store's own have a tenth of it."""
 
 Definition = tuple[str, ...]
 """The normalised parts of a definition: of a table, its columns and constraints."""
@@ -204,7 +204,7 @@ def _changed(connection: Connection, one: Object, text: str) -> Difference:
 
 
 def _dangers(table: Object, connection: Connection) -> Iterator[Difference]:
-    """Yield what keeps a table of another program from being ignored.
+    """Yield the reasons for which a table of another program cannot be ignored.
 
     Checks would evaluate its expressions. A reference to a column of the store that is no key makes
     every removal fail.

@@ -65,7 +65,7 @@ def _missing_counters(connection: Connection, schema: str | None) -> Iterator[Di
 
 
 def _differences_of_functions(connection: Connection) -> Iterator[Difference]:
-    """Yield what a server refuses beside its tables: owners and functions."""
+    """Yield the differences on a server that are not of tables: owners and functions."""
     again = "run `openclaw-store db upgrade`"
     try:
         if not migrations.require_unchanged(connection, migrations.HEAD):

@@ -129,7 +129,7 @@ class _Finding(NamedTuple):
 
 
 class Tables:
-    """The tables of the store in a schema, and what belongs to them, read by one query.
+    """The tables of the store in a schema with their dependent objects, read by one query.
 
     Args:
         names: Names of tables to look for.

@@ -50,7 +50,7 @@ def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Converted(TypeDecorator[Any]):
-    """A type of which each value is converted; NULL is `None`."""
+    """A type that converts each value; NULL is `None`."""
 
     def encoder(self, dialect: Dialect) -> Callable[[Any], Any] | None:
         """Return the function that makes the driver's value; `None` if it takes the value."""

@@ -91,7 +91,7 @@ def _value(text: bytes, at: int, size: int) -> Generator[None, None, tuple[Any, 
 
 
 def _cut_of(part: bytes) -> int:
-    """Return the end of the container that a part begins in, or else of its last whole element.
+    """Return the end of the container that a part begins in, or of its last whole element.
 
     It is -1 if even the first element is not whole.
     """

@@ -174,7 +174,7 @@ def _named_provider() -> KeyProvider | None:
 
 
 def keys_of(keys: KeyRing | None, seal: Collection[str] | None = None) -> KeyRing | None:
-    """Return the given key ring, or that of the environment, if any.
+    """Return the given key ring, or the one that the environment names, if any.
 
     Args:
         seal: As of `KeyRing`, for that of the environment.

@@ -210,7 +210,7 @@ _TABLES = (
 )
 
 _RESUMED = frozenset({"tasks", "changes"})
-"""Tables of which the fingerprint of a source covers each change."""
+"""Tables whose changes are all covered by the fingerprint of a source."""
 
 _REVISION = Table("alembic_version", MetaData(), Column("version_num", String(32)))
 _NAME = select(_REVISION.c.version_num)

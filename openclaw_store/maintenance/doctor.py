@@ -428,7 +428,7 @@ def _check_transfers(connection: Connection) -> Finding:
 
 
 def _check_keys(connection: Connection, ring: KeyRing | None) -> Iterator[Finding]:
-    """Compare the keys that the database needs with the ones that there are; nothing without any.
+    """Compare the keys that the database needs with the given ones; nothing if both have none.
 
     The bytes of the keys are compared when the database is opened.
     """

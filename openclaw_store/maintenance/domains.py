@@ -63,7 +63,7 @@ _OBJECTS = frozenset({"parameters", "metadata", "progress"})
 
 
 def suspicious_rows(kind: type[Any], dialect: str, now: datetime) -> Condition:
-    """Return the condition of tasks or nodes of which a value may be unacceptable."""
+    """Return the condition of tasks or nodes with a value that may be unacceptable."""
     columns = table_of(kind).columns
     return or_(*(suspicious_value(one, dialect, now) for one in columns), *_relations(kind))
 

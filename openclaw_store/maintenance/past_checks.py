@@ -1,4 +1,4 @@
-"""The check of past changes: those of restored tasks, from the time before they were archived."""
+"""The check of past changes: of restored tasks, from the time before they were archived."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class ReadAround:
         """The rows that the last work had to leave out."""
 
     async def __call__(self, work: Work[Result], *, is_one_statement: bool = False) -> Result:
-        """Return what the work returns."""
+        """Run the work, and return its result."""
         is_known = self._is_known
         result: Result
         try:
@@ -232,7 +232,7 @@ def on_connection(read: Callable[[Connection], Result]) -> Work[Result]:
 
 
 class TolerantDatabase(Database):
-    """A database that is read around unreadable rows; writes are those of any other."""
+    """A database that is read around unreadable rows, and written like any other."""
 
     def __init__(self, location: str | Path, *, cluster: str | None = None) -> None:
         super().__init__(location, cluster=cluster)

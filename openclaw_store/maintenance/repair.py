@@ -135,7 +135,7 @@ class CountTasks:
 
 @dataclass(frozen=True, slots=True)
 class SetStatusTime:
-    """Set the time of a task's status: from the feed, else the time of its last write."""
+    """Set the time of a task's status: from the feed, or the time of its last write."""
 
     task_id: str
 

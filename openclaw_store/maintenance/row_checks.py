@@ -59,7 +59,7 @@ PAGE = 250
 
 
 class References:
-    """What the rows say of the feed: the changes they name, and the ones they should name."""
+    """The references of rows to the feed: the changes they name, and changes they should name."""
 
     def __init__(self, newest: int, compacted: int) -> None:
         self.newest = newest

@@ -95,7 +95,7 @@ def read_intervals(
 
 
 def merged(intervals: Sequence[Interval], count: int) -> list[Interval]:
-    """Return the numbers in fewer parts, of which each has the same number of intervals."""
+    """Return the numbers in fewer parts, each with the same number of intervals."""
     size = len(intervals) // count
     parts = (intervals[start : start + size] for start in range(0, count * size, size))
     return [

@@ -180,7 +180,7 @@ class Instrumentation:
         ]
 
     def _samples(self) -> dict[Metric, list[Sample]]:
-        """Read all present values on a thread; without the database, those of the process."""
+        """Read all present values on a thread; only those of the process if the database fails."""
         found = [*self._meter.of_process()]
         try:
             with ThreadPoolExecutor(1) as executor:
@@ -219,7 +219,7 @@ class _Current:
 
 
 def _mark(tasks: Any, context: Any) -> None:
-    """Give tasks without a trace that of a span, in the form of W3C Trace Context."""
+    """Give the trace of a span, in the form of W3C Trace Context, to tasks without a trace."""
     if context.is_valid and isinstance(tasks, Sequence):
         flags = int(context.trace_flags)
         parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{flags:02x}"

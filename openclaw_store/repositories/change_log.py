@@ -90,7 +90,7 @@ async def read_newest_changes(session: AsyncSession, before: int, count: int) ->
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
-    """Return the logged changes of a task or node, oldest first, with those before a restore."""
+    """Return the changes of a task or node, oldest first, also from before a restore."""
     past: list[Change] = []
     if kind is Task:
         rows = select(*_PAST).where(PastChangeRow.item_id == id).order_by(PastChangeRow.revision)

@@ -1,4 +1,4 @@
-"""The choice of a claim: the first tasks that a node may run, or those that prefer it.
+"""The choice of a claim: the first tasks that a node may run, or the tasks that prefer it.
 
 `domain.preferences` has the rule. A search for preferences costs more, so an index tells first
 whether any pending task has some.
@@ -41,7 +41,7 @@ class ClaimChoice:
         self._has_preferring: bool | None = None  # `None`: not read yet
 
     def choose(self, node: Record[NodeInfo], limit: int) -> Iterable[Claimable]:
-        """Return up to so many tasks for the free slots of a node, best first, to be claimed."""
+        """Return at most `limit` tasks to claim for the free slots of a node, best first."""
         wanted = min(limit, conditions.free_slots(node))
         if not wanted:
             return ()

@@ -50,7 +50,7 @@ from openclaw_store.repositories.unit_of_work import Command, Row, missing
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
 }
-"""All fields but the identifier: the ones that an `Update` of a whole row writes."""
+"""All fields but the identifier, as an `Update` of a whole row writes them."""
 
 PART_SIZE = 200
 """Tasks that a call with many of them changes in one transaction."""

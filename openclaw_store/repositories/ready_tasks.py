@@ -21,7 +21,7 @@ _MAX_DUE_RETRIES = 1000
 were due first."""
 
 _FEW = 32
-"""Up to so many groups are read without regard to the skills of the node."""
+"""Largest number of groups that are read without regard to the skills of the node."""
 
 _FRONT = 100
 """First tasks of the queue that are looked at before many groups are."""

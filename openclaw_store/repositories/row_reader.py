@@ -129,7 +129,7 @@ def read_histories(
 
 
 class TolerantReader:
-    """Reads rows in a session, and notes the ones that cannot be read instead of failing.
+    """Reads rows in a session, and notes unreadable rows instead of failing.
 
     Such values were written by hand: text that is not UTF-8 on SQLite, or on PostgreSQL a time
     outside Python's range. The driver then refuses all rows of a result.

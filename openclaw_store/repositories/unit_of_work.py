@@ -237,7 +237,7 @@ class UnitOfWork:
         self.heartbeat_sequence = 0
         """The heartbeat sequence number of this transaction."""
         self.has_removed_nodes = False
-        """`True` if it removes nodes, of which one may have the last heartbeat."""
+        """`True` if it removes nodes: one of them may have the last heartbeat."""
         self.changes: list[Change] = []
         self.removed_history: list[ChainEnd] = []
         """The newest change of each removed row, if its history is removed too."""

@@ -81,7 +81,7 @@ class Cache:
         self.heartbeats = PendingHeartbeats()
 
     def load(self, kind: type[Any], rows: Sequence[Raw]) -> list[InvalidDataError]:
-        """Add rows of the initial state; return the errors of the ones that cannot be read."""
+        """Add rows of the initial state; return the errors of unreadable rows."""
         unreadable: list[InvalidDataError] = []
         arrived: list[Indexed] = []
         for row in rows:
@@ -443,7 +443,7 @@ class Cache:
     def _show_task(
         self, id: str, old: Indexed | None, new: Indexed | None, entry: Record[Task] | Raw | None
     ) -> None:
-        """Replace a visible task by an entry, of which `new` has the indexed fields."""
+        """Replace a visible task by an entry; `new` has the indexed fields of the entry."""
         self.task_index.replace(id, old, new)
         if entry is not None and new is not None and new.status not in FINISHED:
             self.tasks.put(id, entry)

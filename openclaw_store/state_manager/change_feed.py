@@ -431,7 +431,7 @@ def _statement(sql: Statements, *, is_skipping: bool) -> tuple[str, Sequence[str
 
 
 def _is_small(kind: type[Any], *, is_sqlite: bool) -> sa.ColumnElement[bool]:
-    """Return the condition for rows of which a full batch fits into a page."""
+    """Return the condition for rows so small that a full batch of them fits into a page."""
     columns = [
         one
         for one in table_of(kind).c

@@ -19,7 +19,7 @@ class LeaseCalls(ManagerBase):
     async def renew_lease(
         self, node_id: str, progress: Mapping[str, Progress] | None = None
     ) -> Lease | None:
-        """Write a heartbeat, and return what the process of the node has to know.
+        """Write a heartbeat, and return the lease for the process of the node.
 
         Other than with `update_heartbeat`, the heartbeat is committed when this returns.
 

@@ -23,7 +23,7 @@ class RecentChanges:
         self._changes: dict[int, Change] = {}
 
     def add(self, changes: Iterable[Change]) -> None:
-        """Keep committed changes without long reasons, and forget the ones that came first."""
+        """Keep committed changes without long reasons, and forget the oldest ones."""
         for change in changes:
             if change.reason is None or len(change.reason) <= REASON_CHARACTERS:
                 self._changes[change.revision] = change
@@ -34,7 +34,7 @@ class RecentChanges:
     def add_rows(
         self, rows: Iterable[Sequence[Any]], moment: Callable[[Any], Any], reason: ReadReason
     ) -> None:
-        """Keep the changes of a batch, except for long reasons and what cannot be read."""
+        """Keep the changes of a batch, except unreadable ones and ones with a long reason."""
         self.add(
             change
             for row in rows

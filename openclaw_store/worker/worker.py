@@ -329,7 +329,7 @@ class Worker:
         known: list[Attempt],
         unknown: Mapping[Owned, float],
     ) -> dict[Owned, float]:
-        """Interrupt tasks that were cancelled or taken away; release those that no slot knows of.
+        """Interrupt tasks that were cancelled or taken away; release tasks that no slot knows of.
 
         Args:
             unknown: The tasks that no slot knew of before, and since when.

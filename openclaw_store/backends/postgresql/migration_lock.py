@@ -1,4 +1,4 @@
-"""The beginning of a migration: the schema of a cluster, and the lock that excludes others."""
+"""The beginning of a migration: the schema of a cluster, and the lock against other ones."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class SQLite:
     def _connect_to_migrate(
         self, copy_to: Callable[[Connection], Path | None]
     ) -> tuple[Connection, Path | None]:
-        """Return a connection, and the path of the copy; for a copy it excludes all others."""
+        """Return a connection, exclusive if a copy is needed, and the path of the copy."""
 
         def connect() -> tuple[Connection, Path | None]:
             if self.inspect(copy_to) is None:

@@ -94,7 +94,7 @@ def copy_database(
 
 
 def require_other_file(target: Path, own: Sequence[Path]) -> None:
-    """Refuse the name of a backup that is a database's own, or that of a journal.
+    """Refuse the name of a backup if it names the database itself, or a journal.
 
     Args:
         own: The database, and the files that SQLite makes beside it.
