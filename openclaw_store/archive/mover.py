@@ -236,6 +236,7 @@ class Mover:
         """Write in a transaction, after which the next one has another size."""
         seconds = 0.0
 
+        # Called on the thread of the writer, which is done with it before the caller continues.
         def timed(transaction: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
             nonlocal seconds
             began = perf_counter()

@@ -104,6 +104,7 @@ async def restore_tasks(
 
     async with leased(database, patience=patience):
         await mover.heal()
+        # `verified`: it has no files to undo, so after an interruption the next run completes it.
         run = await runs.begin(database, "restore", folder.location, "verified")
         snapshot = await asyncio.to_thread(catalogue.snapshot)
         parts = ((file, group) for file in snapshot.tasks for group in file.groups)

@@ -153,6 +153,7 @@ def _arrive(transaction: WriteTransaction, arrival: Arrival) -> Mapping[str, str
     statements = _statements(sql.without_keys)
     if arrival.settled:
         cursor.write(statements.forget, [(batch,) for batch in arrival.settled])
+    # Arrived before: the answer is the same again.
     for (refused,) in cursor.execute(statements.read_incoming, (arrival.batch,)):
         known: Mapping[str, str] = orjson.loads(refused)
         return known
@@ -189,6 +190,7 @@ def settle(
 def _settle(transaction: WriteTransaction, settlement: Settlement) -> Mapping[str, str]:
     cursor, sql = transaction.cursor, transaction.sql
     statements = _statements(sql.without_keys)
+    # The deletion decides which of several processes settles the batch.
     if not cursor.execute(statements.delete_outgoing, (settlement.batch,)):
         return {}
     refusals = _add(transaction, settlement.returning, is_home=True)

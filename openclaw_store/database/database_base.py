@@ -138,6 +138,7 @@ class DatabaseBase:
             UnavailableError: If the file cannot be used; with the remedy.
         """
         self._check_process()
+        # Of several callers, the first one opens it, and the other ones find it ready.
         async with self._exclusive("a migration"):
             if self._state != "new":
                 self._check_ready()  # raises if it is closed

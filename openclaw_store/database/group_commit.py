@@ -196,7 +196,7 @@ class Writer:
                 self._start(Future())
             ended = self._ended
         if ended is not None:
-            self._tokens.put(None)
+            self._tokens.put(None)  # wakes a thread that waits; it ends when the queue is empty
             done = asyncio.get_running_loop().create_future()
             ended.add_done_callback(lambda _: _wake(done))
             await done
@@ -291,6 +291,8 @@ class Writer:
             raise
         finally:
             self._close_session()  # before the next block, which may start another thread
+            # The end and the last look at the queue are one step: an entry that comes later finds
+            # no thread, and `_kick` starts one.
             with self._lock:
                 orphaned = bool(self._queue)
                 self._ended = None

@@ -23,6 +23,7 @@ class Slices:
     async def run(self, steps: Steps[Result]) -> Result:
         """Run a computation, and other coroutines between its steps."""
         try:
+            # Most computations have one step, and need not wait for their turn.
             next(steps)
             async with self._turn:
                 while True:

@@ -132,6 +132,7 @@ class DirectAccess(Replica):
     async def _follow(self) -> None:
         while True:
             await self._outdated.wait()
+            # Both before the read: a later notification must be followed in the next round.
             self._outdated.clear()
             since, until = self._followed, self._noticed
             self.watchers.wake_for_changes()

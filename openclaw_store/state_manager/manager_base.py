@@ -124,6 +124,7 @@ class ManagerBase:
                     self.db.write_without_notifications()
                 await self._replica.start()
                 self._replica.slices = self.db.slices
+                # Only now: from here on, calls are accepted.
                 self._thread = get_ident()
                 if self._retention is not None:
                     work = self._retain_every(self._retention)

@@ -112,6 +112,7 @@ class Scheduler:
         loop, waiters = asyncio.get_running_loop(), self._replica.watchers.claims
         deadline = loop.time() + seconds
         while True:
+            # Registered before the claim: a task that is added after it wakes this caller.
             with waiters.waiting(node_id) as woken:
                 try:
                     # Before the claim: a task may become due during it.

@@ -63,6 +63,7 @@ async def admit_batch(
 
 async def after_others(admit: Callable[[], Awaitable[TaskBatch]]) -> TaskBatch:
     """Check the next tasks when the writer has begun with the batch before."""
+    # Its caller submits that batch in the meantime.
     await asyncio.sleep(0)
     return await admit()
 

@@ -52,6 +52,7 @@ class Run:
         self.task = task
         self.latest: Progress | None = None
         """The newest progress; `None` before the first call of `progress`."""
+        # Set on the event loop, read on the thread of a plain function.
         self._is_interrupted = threading.Event()
 
     def __repr__(self) -> str:

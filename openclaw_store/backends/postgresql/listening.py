@@ -9,8 +9,9 @@ commit a fifth slower. Three advisory locks tell the writer if there are other l
 
 The writer notifies if the shared lock is held, or its own one is free. Its statement tries to take
 both, and keeps what it gets until the commit: a new listener waits for that, and then reads the
-counters, so it misses no commit. Any role of the server can hold these locks, or notify. So a
-listener waits for the shared lock for a limited time, and asks for the counters now and then.
+counters, so it misses no commit. A writer without the number of a first listener always notifies.
+Any role of the server can hold these locks, or notify. So a listener waits for the shared lock for
+a limited time, and asks for the counters now and then.
 
 Some commits send no notification that arrives: behind a pooler that gives each transaction another
 connection, on a server without `LISTEN`, or by a process that writes without `NOTIFY`. A listener
