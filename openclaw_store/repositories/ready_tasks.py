@@ -95,7 +95,7 @@ def _rows_of(query: str, execute: Execute, group: Any, at: Any, count: int) -> I
     """Yield the rows of a group in the order of claims."""
     done = 0
     while True:
-        # From the beginning: claims of this run are not written yet, so its first rows are the same.
+        # From the beginning: no claim of this run is written yet, so the first rows are the same.
         rows = execute(query, (group, at, count))
         yield from rows[done:]
         if len(rows) < count:
