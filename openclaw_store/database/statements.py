@@ -248,8 +248,6 @@ class Statements(ABC):
     """Call `store_write`: its base revision, former versions, tasks and nodes; on PostgreSQL."""
     beat: str
     """Write heartbeats: rows of usage, time, sequence number, id, the time again, the present."""
-    _group: str
-    """The first column of the index `ix_tasks_ready`: tasks that require the same skills."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
