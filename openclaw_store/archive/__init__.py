@@ -1,7 +1,7 @@
 """Archive: move finished tasks to files in an open format, query them there, and restore them.
 
-This room moves rows by a retention policy, and writes and reads the files. `pyarrow`, which only the
-extra `archive` installs, is imported when one of these functions is called.
+This room moves rows by a retention policy, and writes and reads the files. `pyarrow`, which only
+the extra `archive` installs, is imported when one of these functions is called.
 """
 
 from __future__ import annotations
