@@ -85,6 +85,7 @@ async def advance(
     if files is not None:
         values["files"] = orjson.dumps(files).decode()
     async with database.transaction() as tx:
+        # Compare-and-set: no row matches if another process has taken the run over.
         query = update(ArchiveRunRow).where(
             ArchiveRunRow.run == run.run, ArchiveRunRow.state == run.state
         )

@@ -141,6 +141,7 @@ async def rekey(
     if not dry_run and not one.is_unfinished:
         async with database.transaction() as tx:
             await finish_rotation(tx, cipher, one.left, is_complete=not found.problems)
+        # Only after the commit: until then, values in clear are allowed.
         if not found.problems:
             cipher.accepts_clear, cipher.opens = cipher.ring.primary is None, frozenset()
     return found
@@ -269,6 +270,7 @@ class _Pass:
         return values
 
     async def _write(self, table: Table, changes: Sequence[_Change]) -> None:
+        # A row that another writer has changed meanwhile is left for the next pass.
         written: int = await self._database.write(_replace, (table, changes))
         self.is_unfinished |= written < len(changes)
 

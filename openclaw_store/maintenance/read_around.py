@@ -155,6 +155,7 @@ class ReadAround:
                 found += await self._search_rows(session, kind, narrowed, is_thorough=is_thorough)
             found += await self._search_changes(session, narrowed)
         ended = time.monotonic()
+        # Together, after the last `await`: work that runs meanwhile must not see a half of it.
         self._narrowed, self.left_out, self._is_thorough = narrowed, found, is_thorough
         self._until = ended + max(KEPT_SECONDS, 20 * (ended - began))
         for one in found[:MOST_LOGGED]:

@@ -202,19 +202,18 @@ def _finished(connection: Connection, since: datetime, until: datetime, most: in
 
 
 def _waiting(sample: Sequence[_Sampled]) -> Quantiles | None:
-    return _quantiles(
-        [
-            ((one.row.started_at - one.row.submitted_at).total_seconds(), one.weight)
-            for one in sample
-            if one.row.started_at is not None
-        ]
-    )
+    return _between(sample, "submitted_at", "started_at")
 
 
 def _running(sample: Sequence[_Sampled]) -> Quantiles | None:
+    return _between(sample, "started_at", "completed_at")
+
+
+def _between(sample: Sequence[_Sampled], start: str, end: str) -> Quantiles | None:
+    """Return the quantiles of the seconds between two times, of the tasks that have started."""
     return _quantiles(
         [
-            ((one.row.completed_at - one.row.started_at).total_seconds(), one.weight)
+            ((getattr(one.row, end) - getattr(one.row, start)).total_seconds(), one.weight)
             for one in sample
             if one.row.started_at is not None
         ]

@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Select,
     Text,
     and_,
     func,
@@ -46,6 +47,16 @@ UNSTARTED = timedelta(seconds=60)
 
 MOST_GROUPS = 500
 """Combinations of required skills that are looked at."""
+
+
+_NODES: Select[Any] = select(NodeRow.node_id, NodeRow.status, NodeRow.lease_seconds).add_columns(
+    NodeRow.last_heartbeat, NodeRow.registered_at
+)
+_HELD: Select[Any] = (
+    select(TaskRow.task_id, TaskRow.status, TaskRow.assigned_node, TaskRow.scheduled_at)
+    .add_columns(TaskRow.started_at, TaskRow.timeout, TaskRow.updated_at)
+    .order_by(TaskRow.submitted_at)
+)
 
 
 class Reason(StrEnum):
@@ -90,16 +101,8 @@ def find_stuck(
         most: Maximum number of tasks that are read or counted for a reason.
         unstarted: Time after which a claimed task should have started.
     """
-    row = NodeRow
-    query = select(
-        row.node_id,
-        row.status,
-        type_coerce(row.available_skills, Text).label("available_skills"),
-        row.lease_seconds,
-        row.last_heartbeat,
-        row.registered_at,
-    )
-    nodes = {node.node_id: node for node in connection.execute(query)}
+    skills = type_coerce(NodeRow.available_skills, Text).label("available_skills")
+    nodes = {node.node_id: node for node in connection.execute(_NODES.add_columns(skills))}
     groups = [
         *_held(connection, nodes, now, most, unstarted),
         *_waiting(connection, nodes, now, most),
@@ -112,18 +115,11 @@ def _held(
     connection: Connection, nodes: Mapping[str, Any], now: datetime, most: int, limit: timedelta
 ) -> Iterator[StuckGroup]:
     """Yield the groups of tasks that a node holds."""
-    row = TaskRow
     found: defaultdict[tuple[Reason, str], list[Any]] = defaultdict(list)
     is_complete = True
     lost: dict[str, bool] = {}
     for status in sorted(ASSIGNED):
-        query = (
-            select(row.task_id, row.status, row.assigned_node, row.scheduled_at, row.started_at)
-            .add_columns(row.timeout, row.updated_at)
-            .where(row.status == status)
-            .order_by(row.submitted_at)
-            .limit(most + 1)
-        )
+        query = _HELD.where(TaskRow.status == status).limit(most + 1)
         tasks: Sequence[Any] = connection.execute(query).all()
         is_complete = is_complete and len(tasks) <= most
         for task in tasks[:most]:
@@ -146,18 +142,8 @@ def find_held(
     connection: Connection, now: datetime, *, unstarted: timedelta = UNSTARTED
 ) -> list[str]:
     """Return the identifiers of all tasks that lost nodes hold, or that are not started."""
-    row = NodeRow
-    query = select(
-        row.node_id, row.status, row.lease_seconds, row.last_heartbeat, row.registered_at
-    )
-    nodes: Mapping[str, Any] = {node.node_id: node for node in connection.execute(query)}
-    task = TaskRow
-    held = (
-        select(task.task_id, task.status, task.assigned_node, task.scheduled_at, task.started_at)
-        .add_columns(task.timeout, task.updated_at)
-        .where(task.status.in_(sorted(ASSIGNED)))
-        .order_by(task.submitted_at)
-    )
+    nodes: Mapping[str, Any] = {node.node_id: node for node in connection.execute(_NODES)}
+    held = _HELD.where(TaskRow.status.in_(sorted(ASSIGNED)))
     tasks: Sequence[Any] = connection.execute(held).all()
     return [
         one.task_id
