@@ -194,7 +194,7 @@ class TaskRepository(Repository[Task]):
         return await is_known(self._write(cancellation_of(task_id, reason)))
 
     async def requeue(self, task_id: str) -> bool:
-        """Requeue a task as if it had never run; `False` if there is none.
+        """Make a task PENDING with all its retries; `False` if there is none.
 
         Raises:
             DuplicateError: If another live task has its idempotency key.
