@@ -16,8 +16,6 @@ from openclaw_store.database.migrations import (
     COPYING_HEAD,
     HEAD,
     names_of_tables,
-    overloads,
-    require_unchanged,
     stored,
 )
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, places_of

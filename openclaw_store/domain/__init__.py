@@ -30,7 +30,6 @@ from openclaw_store.domain.lifecycle import (
     Outcome,
     Step,
     Values,
-    illegal_transition,
     missing_time,
 )
 from openclaw_store.domain.models import (

@@ -15,12 +15,10 @@ from openclaw_store.encryption.envelope import (
 )
 from openclaw_store.encryption.fields import (
     FIXED_REASONS,
-    OPTIONAL_FIELDS,
     SEALED_FIELDS,
 )
 from openclaw_store.encryption.key_ring import (
     KEYS_VARIABLE,
-    PROVIDER_VARIABLE,
     Key,
     KeyProvider,
     KeyRing,

@@ -70,7 +70,7 @@ MAX_NODES = 500
 FEW = 20_000
 """So many pending tasks may be looked at to explain one of them."""
 
-HOUR, DAY = timedelta(hours=1), timedelta(days=1)
+HOUR = timedelta(hours=1)
 TIMING_PARTS = 12
 SAMPLED, MOST = 40, 500
 """Tasks read for each part of the times, and for each kind of failed or stuck tasks."""
