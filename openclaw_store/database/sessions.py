@@ -84,7 +84,7 @@ class Pools:
             self._note_use(engine)
 
     async def close(self) -> None:
-        """Close the connections of the pools, within a limit, and refuse to make others."""
+        """Close the connections of the pools, within a limit, and refuse to make new ones."""
         self._is_closed = True
         if self._loop.is_closed() and self._backend.dialect == "postgresql":
             return  # a closed loop cannot send; the sockets close with their objects

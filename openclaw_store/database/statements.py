@@ -87,7 +87,7 @@ class Statements(ABC):
         )
         """The statements that a backend needs itself."""
         self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
-        """Record the last heartbeat sequence number, whose node may just have been removed."""
+        """Record the last heartbeat sequence number, as its node may just have been removed."""
         self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
