@@ -40,8 +40,7 @@ class WriteTransaction:
     def require_lock(self) -> None:
         """Require the write lock, for operations that one call of `store_write` cannot express.
 
-        Raises:
-            LockRequiredError: If it has no lock; the batch is then applied again with the lock.
+        Without the lock, `LockRequiredError` makes the writer apply the batch again, with the lock.
         """
         if isinstance(self.cursor, BatchCursor):
             self.cursor.require_lock()
