@@ -52,7 +52,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends import qualified
 from openclaw_store.backends.factory import backend_of
-from openclaw_store.database import migrations
+from openclaw_store.database import CALL_FIELDS, migrations
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.database.write_transaction import WriteTransaction
 
@@ -136,6 +136,16 @@ class TestHistory:
             *(revision.revision for revision in line[:-1]),
         ]
         assert all(revision.doc for revision in line)
+
+    def test_store_write_takes_each_column_of_a_task(self) -> None:
+        """A migration that adds a column of `tasks` defines the function again."""
+        scripts = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
+        modules = [one.module for one in scripts.walk_revisions()]
+        newest = next(one for one in modules if hasattr(one, "function"))
+
+        arguments = re.findall(r"\bgiven_(\w+) [a-z ]+\[\]", newest.function("public", scripts))
+
+        assert tuple(arguments) == CALL_FIELDS
 
     def test_folder_of_the_scripts_does_not_hide_the_library_of_that_name(self) -> None:
         assert not (ROOT / "alembic" / "__init__.py").exists()
