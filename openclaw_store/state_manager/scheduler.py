@@ -332,7 +332,7 @@ class Scheduler:
                     or conditions.is_unstarted(task, now, unstarted)
                 ):
                     found.append(task.task_id)
-        return found
+        return list(dict.fromkeys(found))  # an expired task of a lost node has one outcome
 
 
 async def _pending_tasks(cache: Cache) -> AsyncIterator[tuple[PendingKey, Record[Task]]]:

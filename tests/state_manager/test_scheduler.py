@@ -1349,6 +1349,18 @@ class TestRecover:
                     await call(seconds)  # type: ignore[arg-type]  # on purpose
 
 
+    async def test_expired_task_of_a_lost_node_has_one_outcome(self, cluster: Cluster) -> None:
+        """Found by the state machine: it was given back and timed out by the same call."""
+        node = await cluster.join()
+        task = await cluster.claimed(node, expires_at=cluster.clock() + timedelta(seconds=60))
+        cluster.clock.advance(121)
+
+        first, second = await cluster.two.recover(), await cluster.two.recover()
+
+        assert (first.requeued_tasks, first.timed_out_tasks) == (ids([task]), [])
+        assert (second.requeued_tasks, second.timed_out_tasks) == ([], ids([task]))
+
+
 class TestEveryVerb:
     async def test_leaves_memory_database_and_feed_in_step(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch

@@ -600,10 +600,10 @@ class Machine(DatabaseMachine):
         self.sync_by(side, side.manager.sync_to_database)
 
     def sync_by(self, side: Side, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self.flush(side)
         wrong = [
             error for id in list(side.unsaved) if (error := self.flush_entry(side, id)) is not None
         ]
+        self.flush(side)
         if wrong:
             error = self.refused(call(), UnsavedConflictError)
             assert [type(conflict) for conflict in error.conflicts] == wrong
