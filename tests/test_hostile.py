@@ -125,7 +125,8 @@ def floats(field: str, greatest: float) -> Iterator[Case]:
         field, 1e308, ITSELF if greatest >= 1e308 else "must be between 0 and 100, not 1e+308"
     )
     for number in -5e-324, -1, math.nan, math.inf, -math.inf:
-        yield Case(field, number, f"must be between 0 and {greatest:g}, not {number!r}")
+        rule = "finite, from 0" if greatest > 1e308 else f"between 0 and {greatest:g}"
+        yield Case(field, number, f"must be {rule}, not {number!r}")
     for value in True, "50", None, Decimal(50), 1j:
         yield Case(field, value, f"must be a number, not {value!r}")
 

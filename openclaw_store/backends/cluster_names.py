@@ -47,7 +47,8 @@ def path_of_cluster(location: str | Path, cluster: str | None) -> str | Path:
     """
     has_place = str(location).count(PLACE) == 1
     if has_place and cluster is None:
-        raise InvalidDataError("cluster", f"is missing, though the path contains {PLACE}")
+        wanted = 'name one, as cluster="berlin" (--cluster berlin)'
+        raise InvalidDataError("cluster", f"is missing, though the path contains {PLACE}: {wanted}")
     if cluster is None:
         return location
     if not has_place:

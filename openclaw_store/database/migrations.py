@@ -228,7 +228,7 @@ def refuse_newer(revision: str | None, location: str) -> None:
     if revision is not None and revision > HEAD:
         raise SchemaMismatchError(
             f"{location} has schema {revision}, and this version of the library knows "
-            f'{HEAD}: run "pip install --upgrade openclaw-store"'
+            f"{HEAD}: install the newer version of the library that has upgraded it"
         )
 
 

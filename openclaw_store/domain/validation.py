@@ -157,9 +157,9 @@ def check_optional_count(name: str, value: Any) -> int | None:
 
 def check_positive(name: str, value: Any, greatest: int = MAX_INTEGER) -> int:
     """Return a whole number from 1 to `greatest`."""
-    if check_count(name, value) < 1:
-        raise InvalidDataError(name, "must be at least 1")
-    if value > greatest:
+    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        raise InvalidDataError(name, f"must be at least 1, not {safe_repr(value)}")
+    if check_count(name, value) > greatest:
         raise InvalidDataError(name, f"must be at most {greatest}, not {value}")
     return int(value)
 
@@ -183,7 +183,8 @@ def check_number(name: str, value: Any, greatest: float = sys.float_info.max) ->
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidDataError(name, f"must be a number, not {safe_repr(value)}")
     if not 0 <= value <= greatest:
-        raise InvalidDataError(name, f"must be between 0 and {greatest:g}, not {safe_repr(value)}")
+        rule = f"between 0 and {greatest:g}" if greatest < sys.float_info.max else "finite, from 0"
+        raise InvalidDataError(name, f"must be {rule}, not {safe_repr(value)}")
     return float(value) + 0.0  # converts -0.0, which only PostgreSQL would store, to 0.0
 
 

@@ -66,6 +66,9 @@ class ManagerBase:
         backoff: Backoff = DEFAULT_BACKOFF,
         retention: Retention | None = None,
     ) -> None:
+        if not isinstance(database, Database):
+            wanted = 'must be a Database, as Database("./data/cluster.db")'
+            raise InvalidDataError("database", f"{wanted}, not {type(database).__name__}")
         if retention is not None and not isinstance(retention, Retention):
             raise InvalidDataError("retention", f"must be a Retention, not {safe_repr(retention)}")
         if auto_sync_interval is not None and (
@@ -274,7 +277,10 @@ class ManagerBase:
                     "the StateManager was made before fork: make a new one in the child"
                 )
             if self._thread is not None:
-                raise UnavailableError("a StateManager belongs to one event loop: make another")
+                raise UnavailableError(
+                    "a StateManager belongs to one event loop, the one that opened it: make "
+                    "another StateManager for this one, or run all in one asyncio.run()"
+                )
             if self._ending is not None:
                 raise UnavailableError("the StateManager was shut down: make a new one")
             raise UnavailableError(

@@ -902,6 +902,20 @@ class TestLocation:
         assert caught.value.field == "db_path"
         assert "tiger" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("url", "advice"),
+        [
+            ("postgresql+psycopg2://u:p@db1/c", "driver of another program: begin it with"),
+            ("postgresql+://u:p@db1/c", "driver of another program: begin it with"),
+            ("postgresql://u:p@db1:port/c", "a port that is no number"),
+            ("mysql://u:p@db1/c", "mysql is not supported: give a path for SQLite, or a URL"),
+            ("./{cluster}.db", 'name one, as cluster="berlin"'),
+        ],
+    )
+    def test_refusal_of_a_location_tells_what_to_write(self, url: str, advice: str) -> None:
+        with pytest.raises(InvalidDataError, match=advice):
+            Database(url)
+
     def test_default_location_is_in_the_folder_data(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

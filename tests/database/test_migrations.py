@@ -537,7 +537,7 @@ class TestMismatch:
         with pytest.raises(
             SchemaMismatchError,
             match=f"{re.escape(shown(newer))} has schema 9999.* knows {migrations.HEAD}: "
-            'run "pip install --upgrade openclaw',
+            "install the newer version of the library",
         ):
             await database.initialize(migrate=migrate)
 
@@ -564,7 +564,7 @@ class TestMismatch:
 
         for ended in several:
             assert ended.code != 0
-            assert 'run "pip install --upgrade openclaw-store"' in ended.err
+            assert "install the newer version of the library" in ended.err
             assert "Traceback" not in ended.err
         assert execute(newer, "SELECT version_num FROM alembic_version") == [("9999",)]
 

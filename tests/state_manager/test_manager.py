@@ -2724,7 +2724,7 @@ class TestLife:
         execute(location, "UPDATE alembic_version SET version_num = '9999'")
         manager = StateManager(Database(location))
 
-        with pytest.raises(SchemaMismatchError, match="pip install --upgrade"):
+        with pytest.raises(SchemaMismatchError, match="install the newer version"):
             await manager.initialize()
 
         assert not manager.is_initialized
@@ -2734,8 +2734,15 @@ class TestLife:
         def elsewhere() -> Any:
             return asyncio.run(manager.get_state())
 
-        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+        with pytest.raises(UnavailableError, match="belongs to one event loop.*make another State"):
             await asyncio.to_thread(elsewhere)
+
+    @for_each("given", ["postgresql://scott:tiger@db1/cluster", Path("cluster.db"), None])
+    async def test_manager_of_no_database(self, given: Any) -> None:
+        with pytest.raises(InvalidDataError, match="database: must be a Database, as") as caught:
+            StateManager(given)
+
+        assert "tiger" not in str(caught.value)
 
     @for_each("interval", [0, -1, math.nan, math.inf, "30", True])
     async def test_interval_that_is_none(self, location: Location, interval: Any) -> None:

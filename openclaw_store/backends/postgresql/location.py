@@ -215,6 +215,8 @@ def _of_keywords(location: str) -> Iterator[tuple[str, str]]:
 def _of_url(location: str) -> Iterator[tuple[str, str]]:
     match = _URL.fullmatch(location)
     if match is None:
+        if re.match(r"postgres(ql)?\+(?!asyncpg://)\w*://", location, re.IGNORECASE):
+            raise refused("names the driver of another program: begin it with postgresql://")
         raise refused("is neither a path nor a URL that begins with postgresql://")
     authority, database, query = (part or "" for part in match.groups())
     if "@" in database or "@" in query:
@@ -252,4 +254,4 @@ def _host(host: str | None) -> str:
             return host
     except ValueError:
         pass
-    raise refused(f"has a host that is none: {_ESCAPE}")
+    raise refused(f"has a host that is no name or address, or a port that is no number: {_ESCAPE}")

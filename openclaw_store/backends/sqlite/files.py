@@ -36,7 +36,8 @@ def file_of(location: str | Path) -> Path:
             raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
         if url.get_backend_name() != "sqlite":
             name = url.get_backend_name()
-            raise InvalidDataError("db_path", f"{name} is not supported: use SQLite or PostgreSQL")
+            wanted = "give a path for SQLite, or a URL that begins with postgresql://"
+            raise InvalidDataError("db_path", f"{name} is not supported: {wanted}")
         if not url.database or url.database == ":memory:":
             raise InvalidDataError(
                 "db_path", 'names no file: use ":memory:" for a private database'
