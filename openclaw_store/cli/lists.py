@@ -68,7 +68,7 @@ async def tasks(
     """
     from openclaw_store.repositories import TaskRepository
 
-    names = list(COLUMNS) if columns is None else _fields(columns)
+    names = list(COLUMNS) if columns is None else _fields("columns", columns)
     given: dict[str, Any] = {
         "submitted_from": submitted_from,
         "submitted_until": submitted_until,
@@ -94,14 +94,14 @@ async def tasks(
     )
 
 
-def _fields(text: str) -> list[str]:
+def _fields(option: str, text: str) -> list[str]:
     from openclaw_store.domain import Task
 
     known = Task.__dataclass_fields__
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise InvalidDataError("columns", f"{name!r} is no field of a task: {', '.join(known)}")
+            raise InvalidDataError(option, f"{name!r} is no field of a task: {', '.join(known)}")
     return names
 
 
@@ -109,7 +109,10 @@ def _sorted(found: list[Task], sort: str | None) -> list[Task]:
     """Return tasks in the order of a field; tasks without it come last."""
     if sort is None:
         return found
-    [name] = _fields(sort.removeprefix("-")) or ["task_id"]
+    names = _fields("sort", sort.removeprefix("-")) or ["task_id"]
+    if len(names) > 1:
+        raise InvalidDataError("sort", f"must be one field, as {names[0]}")
+    name = names[0]
     present = [task for task in found if getattr(task, name) is not None]
     key = (lambda task: str(getattr(task, name))) if name in _TEXTS else _value_of(name)
     present.sort(key=key, reverse=sort.startswith("-"))

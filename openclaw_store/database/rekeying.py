@@ -150,7 +150,9 @@ async def rekey(
 def _cipher_of(database: Database) -> Cipher:
     protection: Any = database.statements.protection
     if not protection.has_keys:
-        raise KeyRingError("there are no keys: open the database with Database(keys=…)")
+        raise KeyRingError(
+            "there are no keys: open the database with Database(keys=…), or set OPENCLAW_STORE_KEYS"
+        )
     cipher: Cipher = protection
     return cipher
 

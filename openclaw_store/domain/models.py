@@ -178,7 +178,17 @@ class Task(BriefRepr):
         """Return a new task, which is pending unless `status` says otherwise.
 
         Args:
+            required_skills: Skills that a node must have, all of them, to get the task.
             task_id: `None` for a new identifier, which sorts by time.
+            optional_skills, affinity_tags: Skills and tags of the nodes that should get it first.
+            priority: CRITICAL, HIGH, NORMAL or LOW; the more urgent task is claimed first.
+            parameters, metadata: JSON values by name; the store does not read them.
+            timeout: Seconds the task may run; `None` for no limit.
+            max_retries: Failed attempts after which it is tried again.
+            max_losses: Lost attempts after which it is tried again; `None` for no limit.
+            idempotency_key: At most one live task has a given key; see `submit_task`.
+            not_before: Earliest time of a claim; `None` for no limit.
+            expires_at: The task is not handed out from this time on; `None` for no limit.
             submitted_at: `None` for the present moment of the system's clock; pass the time if
                 the store has a clock of your own.
             fields: Any other field of `Task`, such as `status` or `result`.

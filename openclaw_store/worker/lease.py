@@ -66,11 +66,13 @@ class NodeLease:
         """
         try:
             await self.register(manager)
+            return
         except NodeInUseError as error:
             if not await self._has_crashed(manager, error.session):
                 raise
-            logger.warning("node %r is taken over from a crashed worker", self.node.node_id)
-            await self.register(manager, error.session)
+            crashed = error.session
+        logger.warning("node %r is taken over from a crashed worker", self.node.node_id)
+        await self.register(manager, crashed)
 
     async def register(self, manager: StateManager, replaced: str | None = None) -> None:
         """Register the node, which releases its tasks.

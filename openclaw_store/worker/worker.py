@@ -159,6 +159,9 @@ class Worker:
         try:
             # Until the stop, or the error of a service or a slot: none of them ends otherwise.
             await first_of([*services, *slots])
+            if running := len(self._runs):
+                what = "node %r stops: its running tasks (%d) have %g s to end"
+                logger.info(what, self._node_id, running, self._grace_seconds)
             await asyncio.wait(slots, timeout=self._grace_seconds)
             self._interrupt(Interruption.STOPPED)
             await asyncio.gather(*slots)

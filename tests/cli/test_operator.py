@@ -212,7 +212,9 @@ class TestActions:
             ("submit x --priority soon", "must be critical, high"),
             ("submit x --parameters {", "must be a JSON object"),
             ("submit x --parameters 3", "parameters"),
-            ("tasks --columns colour", "no field of a task"),
+            ("tasks --columns colour", "columns: 'colour' is no field of a task"),
+            ("tasks --sort colour", "sort: 'colour' is no field of a task"),
+            ("tasks --sort name,user_id", "sort: must be one field, as name"),
             ("explain", "or --all"),
         ],
     )

@@ -66,6 +66,7 @@ async def test_task_is_released_after_sigterm_and_its_grace(
     assert (process.returncode, done.result) == (0, "done")
     assert messages.decode().splitlines() == [
         f"node atlas works on {path}: Ctrl-C stops it",
+        "node 'atlas' stops: its running tasks (1) have 0 s to end",
         "node atlas has stopped",
     ]
     assert released is not None

@@ -2734,7 +2734,7 @@ class TestLife:
         def elsewhere() -> Any:
             return asyncio.run(manager.get_state())
 
-        with pytest.raises(UnavailableError, match="belongs to one event loop.*make another State"):
+        with pytest.raises(UnavailableError, match="make another StateManager for this"):
             await asyncio.to_thread(elsewhere)
 
     @for_each("given", ["postgresql://scott:tiger@db1/cluster", Path("cluster.db"), None])
