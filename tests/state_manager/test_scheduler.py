@@ -1348,7 +1348,6 @@ class TestRecover:
                 with pytest.raises(InvalidDataError, match="timeout_seconds"):
                     await call(seconds)  # type: ignore[arg-type]  # on purpose
 
-
     async def test_expired_task_of_a_lost_node_has_one_outcome(self, cluster: Cluster) -> None:
         """Found by the state machine: it was given back and timed out by the same call."""
         node = await cluster.join()
