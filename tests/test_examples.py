@@ -98,7 +98,7 @@ class TestTwoCoordinators:
         done = run_fork(COORDINATORS, "mysql://localhost/cluster", folder=tmp_path)
 
         assert done.returncode == 1
-        assert "use SQLite or PostgreSQL" in done.stderr
+        assert "mysql is not supported" in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -123,7 +123,7 @@ class TestSchedulerDemo:
         done = run_fork(SCHEDULER, "mysql://localhost/cluster", folder=tmp_path)
 
         assert done.returncode == 1
-        assert "use SQLite or PostgreSQL" in done.stderr
+        assert "mysql is not supported" in done.stderr
         assert "Traceback" not in done.stderr
 
 
